@@ -137,6 +137,20 @@ class ServerOptions:
         if not self.api_key:
             keys = [os.environ.get(name) for name in ("REPRISE_API_KEY", "VLLM_API_KEY")]
             object.__setattr__(self, "api_key", tuple(each for each in keys if each))
+        self._check_numbers()
+        self._check_choices()
+        self._check_files()
+        if "*" in self.allowed_origins and self.allow_credentials:
+            raise ConfigError(
+                "allowed_origins='*' and allow_credentials=True: browsers refuse both together; "
+                "name the origins"
+            )
+        for name in ("default_chat_template_kwargs", "override_generation_config"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a JSON object")
+        self._check_sampling()
+
+    def _check_numbers(self) -> None:
         if not is_whole(self.port) or not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port!r} must be from 0 to 65535")
         for name, least in (
@@ -152,6 +166,8 @@ class ServerOptions:
             if not (is_whole(value) if whole else is_finite(value)) or value < least:
                 wanted = "whole number" if whole else "number"
                 raise ConfigError(f"{name}={value!r} must be a {wanted} of at least {least:g}")
+
+    def _check_choices(self) -> None:
         for name, kind in (
             ("chat_template_content_format", ContentFormat), ("log_format", LogFormat),
             ("ssl_cert_reqs", CertReqs), ("generation_config", Literal["auto", "vllm"]),
@@ -160,24 +176,6 @@ class ServerOptions:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}"
                 )
-        if (self.ssl_keyfile is not None) and self.ssl_certfile is None:
-            raise ConfigError(f"ssl_keyfile={self.ssl_keyfile!r} needs ssl_certfile")
-        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
-                raise ConfigError(f"{name}={path!r} is no file")
-        if self.ssl_certfile is not None:
-            self._check_certificate(self.ssl_certfile)
-        if "*" in self.allowed_origins and self.allow_credentials:
-            raise ConfigError(
-                "allowed_origins='*' and allow_credentials=True: browsers refuse both together; "
-                "name the origins"
-            )
-        for name in ("default_chat_template_kwargs", "override_generation_config"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a JSON object")
-
-        self._check_sampling()
         if self.reasoning_parser not in ("auto", *PARSERS):
             raise ConfigError(
                 f"reasoning_parser={self.reasoning_parser!r} must be one of auto, "
@@ -188,6 +186,16 @@ class ServerOptions:
                 f"tool_call_parser={self.tool_call_parser!r} must be one of auto, none, "
                 f"{', '.join(TOOL_PARSERS)}"
             )
+
+    def _check_files(self) -> None:
+        if (self.ssl_keyfile is not None) and self.ssl_certfile is None:
+            raise ConfigError(f"ssl_keyfile={self.ssl_keyfile!r} needs ssl_certfile")
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{name}={path!r} is no file")
+        if self.ssl_certfile is not None:
+            self._check_certificate(self.ssl_certfile)
 
     def _check_certificate(self, certificate: str) -> None:
         """Each HTTP process would end at it; and, behind a pass phrase, ask the terminal."""
