@@ -145,7 +145,7 @@ def library(source: Path, number: str) -> Path:
 
     Raises:
         OpError: It cannot be compiled here.
-        OSError: It cannot be kept here; RuntimeError: nobody knows where.
+        OSError: It cannot be kept here; RuntimeError: where is not known.
     """
     if number:
         _compile_others(number)
@@ -173,7 +173,7 @@ def compiled(source: Path, number: str, wait: bool = True) -> Path:
         wait: For others that compile it.
 
     Raises:
-        BlockingIOError: Others compile it, and nobody waits for them.
+        BlockingIOError: Others compile it, and are not waited for.
         OpError: As of :func:`library`, and others likewise.
     """
     library = _at(source, number)

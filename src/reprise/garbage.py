@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Nothing is looked through for garbage in the block, unless somebody calls ``gc.collect``.
+    """Nothing is looked through for garbage in the block, unless code calls ``gc.collect``.
 
     An import or a start makes some hundred thousand objects that stay. Each time their number has
     grown by a quarter Python goes through all, torch's included, which takes a tenth of a second.

@@ -249,7 +249,7 @@ def begun() -> Beside | None:
 
 @contextlib.contextmanager
 def used() -> Iterator[None]:
-    """In the ``with`` block kernels may be asked for. When nobody is in one any more the process
+    """In the ``with`` block kernels may be asked for. When no thread is in one any more the process
     ends; a later one may begin another."""
     global _users
     with _lock:

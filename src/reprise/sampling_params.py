@@ -235,7 +235,7 @@ class SamplingParams:
             if not _is_token(token) or number is None or abs(number) > 100:
                 raise _invalid("logit_bias", {token: bias}, remedy)
             biases[token] = number
-        # Copied, so that a caller who changes his dict does not change a running request.
+        # Copied, so that a caller that changes its dict does not change a running request.
         super().__setattr__("logit_bias", biases or None)
 
     def _check_seed(self) -> None:

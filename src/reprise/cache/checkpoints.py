@@ -113,7 +113,7 @@ class Checkpoints:
             self.keep(request, most)
             return
         if pending > 1:
-            return  # nobody knows where the last one began
+            return  # where the last one began is not known
         begin = len(request.token_ids) - 1 if pending else request.state_begin
         length = most // self._apart * self._apart
         if begin < length:

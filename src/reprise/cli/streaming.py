@@ -38,7 +38,7 @@ def _spinner() -> Live:
     from rich.live import Live
     from rich.spinner import Spinner
 
-    # Drawn seldom, and in nobody's way: the bars of loading and downloads share its line.
+    # Drawn seldom, and out of the way: the bars of loading and downloads share its line.
     return Live(
         Spinner("dots", "starting", style="status.spinner"), console=console(),
         refresh_per_second=1, transient=True, redirect_stdout=False, redirect_stderr=False,

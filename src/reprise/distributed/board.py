@@ -1,4 +1,5 @@
-"""Memory that all ranks of one machine share: who is where, what they agree on, what failed.
+"""Memory that all ranks of one machine share: how far each rank is, what they agree on, what
+failed.
 
 It has no name in any file system: the leader makes it and hands its file descriptor on, so nothing
 is left behind however the processes end.

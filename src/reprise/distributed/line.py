@@ -1,5 +1,5 @@
 """Between hosts, what :mod:`reprise.distributed.board` and :mod:`reprise.distributed.ring` are on
-one: messages from the leader in one order, answers that all agree on, and who has failed.
+one: messages from the leader in one order, answers that all agree on, and which rank has failed.
 
 Each follower has one connection to the leader, which asks none that has not asked itself
 (:mod:`reprise.distributed.star`).

@@ -1,5 +1,5 @@
 """Between hosts, engines or ranks none of which leads the others: each may ask first, those that
-rest are called, and all learn who has failed first (:mod:`reprise.distributed.star`).
+rest are called, and all learn which has failed first (:mod:`reprise.distributed.star`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FirstPeer(Hub):
         self._called = 0
         """Number of the last question to which all others were called."""
         self._first: tuple[int, Any] | None = None
-        """Who has failed first, and why."""
+        """Which rank has failed first, and why."""
         self._told = False
         super().__init__(connections, timeout)
         self.alike = False

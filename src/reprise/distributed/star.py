@@ -21,7 +21,7 @@ from reprise.errors import RanksError, RepriseError, describe
 from reprise.processes.sealed import Sealed
 
 MESSAGE, ANSWER, BEAT, QUESTION, FAILURE, CALL, LOST = (bytes([each]) for each in range(7))
-"""The first byte of what is said. The last two: a question was asked; who has failed first."""
+"""The first byte of what is said. The last two: a question was asked; which has failed first."""
 _NUMBER = struct.Struct("<Q")
 CHECK_SECONDS = 0.25
 FELL_OUT_SECONDS = 30.0
@@ -137,7 +137,8 @@ class Hub:
                             f"{'' if why is None else f'{why}; '}rank {rank} did not answer within "
                             f"{patience:.0f} s; the group ends"
                         )
-                        # Who left a pass is the reason itself: others may wait for it there.
+                        # A rank that left a pass is the reason itself: others may wait for it
+                        # there.
                         error.rank = rank if why is None else None
                         self._give_up(error)
                         raise error
@@ -149,7 +150,7 @@ class Hub:
         return found
 
     def _give_up(self, error: RanksError) -> None:
-        """Nobody is waited for any more: who did not answer is who failed."""
+        """Nobody is waited for any more: one that did not answer has failed."""
         if error.rank is None:
             self.fail(error)
         else:

@@ -26,7 +26,7 @@ NOTHING = -0x7FFF8000
 """A word of 32 bits that says that nothing has come yet: two zeros of 16 bits with a minus, or a
 number of 32 that is next to nothing (-4.6e-41). Zeros are sent in its place."""
 _END_BYTES = 16
-"""Behind the slots: the word of those who have given up."""
+"""Behind the slots: the word of ranks that have given up."""
 
 
 class SymmetricBuffer:

@@ -1,5 +1,5 @@
 """Random compositions of batches: requests whose answers are known to the bit come and go, and get
-those answers whoever computes beside them."""
+those answers whatever is computed beside them."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ def make_subjects(vocab_size: int, longest: int, count: int, seed: int = 0) -> l
 
 
 def asked(subject: Subject, chance: random.Random) -> tuple[dict[str, Any], SamplingParams]:
-    """The prompt and parameters of one who asks for the same tokens, and for more or less of what
-    must not change them: log probabilities, drafts, which prefixes may be shared."""
+    """The prompt and parameters of a request for the same tokens, and for more or less of what must
+    not change them: log probabilities, drafts, which prefixes may be shared."""
     prompt, params = subject
     logprobs = chance.choice((WHOLE_VOCABULARY, WHOLE_VOCABULARY, WHOLE_VOCABULARY, 3, None))
     changed = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What completes many requests for one caller who waits for all: one engine, or several."""
+"""What completes many requests for one caller, which waits for all: one engine, or several."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _turns(messages: Sequence[Message], tools: Sequence[Message] | None) -> list
 def _sort_results(turn: Message) -> None:
     """Results of tools in the order in which they were called; other text stays where it is."""
     results = turn.get("results", ())
-    # Those of calls that nobody made keep their order before all others.
+    # Results of calls that were not made keep their order before all others.
     called = [place for _, place in sorted(results, key=lambda each: each[0])]
     texts = [turn["parts"][place] for place in called]
     for (_, place), text in zip(results, texts, strict=True):

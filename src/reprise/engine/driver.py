@@ -192,7 +192,7 @@ def then(asked: Future[Any], make: Callable[[Any], T]) -> Future[T]:
 
 
 def settle(future: Future[T], result: Callable[[], T]) -> None:
-    """Give a future its result, or what that raises; unless nobody waits for it any more."""
+    """Give a future its result, or what that raises; unless no caller waits for it any more."""
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -51,9 +51,9 @@ CLOSE_SECONDS = 8.0
 class Engine(Frontend):
     """Computes requests until they are finished. Not thread-safe: one loop drives it.
 
-    It connects what knows one thing each: the scheduler (who computes what), the pipeline (what the
-    device computes now), the groups (what tokens are to their callers), the recovery (what graphs
-    may have spoiled), the weights.
+    It connects what knows one thing each: the scheduler (which requests compute what), the pipeline
+    (what the device computes at the moment), the groups (which callers get which tokens), the
+    recovery (what graphs may have spoiled), the weights.
 
     Args:
         config: Options; the platform may adjust them, each change is logged.
@@ -368,7 +368,7 @@ class Engine(Frontend):
             self.runner.check()  # a device that waits for a rank that is lost may never end
             self.platform.synchronize()
         except RanksError as error:
-            logger.debug("closing: %s", error)  # whoever waited has got it
+            logger.debug("closing: %s", error)  # all that waited have got it
             lost = True
         finally:
             self.runner.close(until)

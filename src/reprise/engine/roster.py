@@ -1,4 +1,4 @@
-"""Who waits, who runs and in which row: the places of all unfinished requests."""
+"""Which requests wait, which run, and in which rows: the places of all unfinished requests."""
 
 from __future__ import annotations
 

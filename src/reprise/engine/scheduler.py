@@ -27,7 +27,8 @@ from reprise.request import FinishReason, Request
 from reprise.step import Step
 
 RESERVE_FRACTION = 0.01
-"""Of the cache, kept free at admission for those who run already, lest they be preempted soon."""
+"""Part of the cache that is kept free at admission for running requests, lest they be preempted
+soon."""
 
 
 class Scheduler:
@@ -263,8 +264,8 @@ class Scheduler:
                 request, and what was sampled for requests that have stopped meanwhile, is ignored.
             failed: Numbers of the step's requests that end, since nothing can be drawn for them.
                 No other request shares what was computed of them.
-            spoilt: Numbers of the step's copies of states that were no finite numbers: nobody gets
-                to see what they make.
+            spoilt: Numbers of the step's copies of states that were no finite numbers: what they
+                make is shown to no caller.
 
         Returns:
             The requests that got tokens, of which some have finished by them, and those that have

@@ -48,7 +48,8 @@ class EngineService(ABC):
 
     @abstractmethod
     def generate(self, channel: Channel, requests: list[wire.Generate]) -> None:
-        """Have requests computed that came together. Raises nothing: who is refused is told."""
+        """Have requests computed that came together. Raises nothing: a client that is refused is
+        told."""
 
     @abstractmethod
     def call(self, call: wire.Call) -> Future[Any]:

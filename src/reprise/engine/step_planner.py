@@ -180,7 +180,7 @@ class StepPlanner:
         end = self._cache.grow(request, start, end)
         if end <= start:
             return 0  # an update will bring blocks
-        # Not before: without a step nobody copies, and an update would offer what is not there.
+        # Not before: without a step nothing is copied, and an update would offer what is not there.
         checkpoints.keep(request, start, known, replay=request.replay)
         request.replay = 0
         count, samples = end - start, end == known

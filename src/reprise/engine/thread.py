@@ -91,7 +91,7 @@ class EngineThread:
         """Request ids of those whose prompts are being tokenized, and whether they were aborted;
         under the lock."""
         self._accepted: list[Reader] = []
-        """Those who are to be woken for that; for the engine's thread alone."""
+        """Threads that are to be woken for that; for the engine's thread alone."""
         self._step_at: float | None = None
         """When the next step goes first, whatever else is wanted; None: nothing was done since the
         last one. For the engine's thread alone."""
@@ -308,7 +308,7 @@ class EngineThread:
             self.engine.platform.activate()
             self._serve()
         except BaseException as error:
-            # Nobody else would tell those who wait.
+            # No other thread would tell those that wait.
             logger.critical("the engine's thread ended", exc_info=True)
             self._close(f"the engine's thread ended ({describe(error)}); create a new AsyncLLM")
 
@@ -404,7 +404,8 @@ class EngineThread:
         return group
 
     def _check(self) -> None:
-        """Others that compute with this engine may be lost, of which nobody need have asked."""
+        """Others that compute with this engine may be lost, even if none of them was asked for
+        anything."""
         try:
             self.engine.runner.check()
         except RanksError as error:
@@ -449,7 +450,7 @@ class EngineThread:
         self._readers.clear()
 
     def _close(self, reason: str) -> None:
-        """The thread is over, here or, after a fork, in this process: let nobody wait for it."""
+        """The thread is over, here or, after a fork, in this process: let no caller wait for it."""
         error = RepriseError(reason)
         with self._lock:
             self._closed = reason

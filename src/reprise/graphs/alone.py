@@ -34,7 +34,7 @@ def run_alone(
         scope: The memory that it must leave alone; None: that need not be looked at.
 
     Returns:
-        Whether it did; ``lost`` where nobody can say.
+        Whether it did; ``lost`` where that cannot be known.
     """
     step = StepMemory(computation, bucket, bucket)
     before = None if scope is None else guard.before(scope)

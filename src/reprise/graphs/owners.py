@@ -97,7 +97,7 @@ class GraphOwners:
             each.captures.weights_changed()
 
     def prove_more(self, wanted: Callable[[], bool] = nobody) -> bool:
-        """See :meth:`Captures.prove_more`, of whoever has something left."""
+        """See :meth:`Captures.prove_more`, of the owners that have something left."""
         self.settle()
         self.caches_changed()  # by probes of another's
         return any(each.captures.prove_more(wanted) for each in self.runners.values())

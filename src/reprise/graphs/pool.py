@@ -1,4 +1,4 @@
-"""Memory that graphs share, whoever owns them."""
+"""Memory that graphs of all owners share."""
 
 from __future__ import annotations
 

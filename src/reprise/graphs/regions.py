@@ -1,4 +1,4 @@
-"""The memory that a step reads or writes, or that lies beside it: one list for all who ask."""
+"""The memory that a step reads or writes, or that lies beside it: one list for all uses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Region:
     """What an entry of its first dimension is, such as ``block``: entries of the same number in
     tensors of the same unit belong together. None: the tensor is one thing."""
     used: int | None = None
-    """So many units have been used; what others hold, nobody will read. None: all."""
+    """So many units have been used; what others hold is not read. None: all."""
 
 
 Units = Mapping[str, Tensor]

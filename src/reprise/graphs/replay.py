@@ -71,14 +71,14 @@ class Replays:
         self.failures = 0
         """Graphs that comparisons have found wrong."""
         self.damage: Damage | None = None
-        """What the last refused graph has left behind; whoever heeds it takes it away."""
+        """What the last refused graph has left behind; it is taken away when it is repaired."""
         self._unseen: dict[Key, int] = {}
         """Replays of each graph since it was last found right."""
         self._replayed: dict[Key, Ran] = {}
         self._turn = 0
         self.interrupted: BucketGraph | None = None
-        """Nobody has seen to the end what this graph may have changed: its replay was being looked
-        at, or made good, when something else came between. :meth:`settle` comes next."""
+        """What this graph may have changed was not looked at to the end: its replay was being
+        looked at, or made good, when something else came between. :meth:`settle` comes next."""
 
     def settle(self, *, everything: bool = False) -> None:
         """See to the weights, if a look at a replay was cut short, as by Ctrl-C: what else it may
@@ -127,7 +127,7 @@ class Replays:
     ) -> Ran | None:
         """Compute eagerly, replay, compare; the eager results are what the caller gets.
 
-        A canary is to see what replays are that nobody compares, and some would be right behind
+        A canary is to see what replays are that are not compared, and some would be right behind
         eager execution alone; others would be as wrong as eager execution that reads what they have
         changed. So every other step that the graph is trusted with is replayed first, unless every
         step is compared: then none is right by chance, and eager execution goes before all.

@@ -30,7 +30,7 @@ class BrokenOff(BaseException):
 
 
 def go_on() -> None:
-    """Nobody breaks a comparison off."""
+    """Never break a comparison off."""
 
 
 COPIES = 3
@@ -63,10 +63,10 @@ def examine(
     Inputs and memory beside are as before afterwards, whatever the replay did to them, unless the
     verdict is ``lost``.
 
-    A graph may live on what eager execution of the same step has left behind, in memory that nobody
-    lists, such as the plan of a kernel whose work is shared out beforehand, or scratch that is
+    A graph may live on what eager execution of the same step has left behind, in memory that is in
+    no list, such as the plan of a kernel whose work is shared out beforehand, or scratch that is
     cleared there alone. So one comparison of each graph has to be ``cold``, and so has whatever
-    asks how replays are that nobody compares: scratch may be as another graph has left it.
+    asks how replays are that are not compared: scratch may be as another graph has left it.
 
     Args:
         computation: Its inputs hold a step, padded to the bucket.
@@ -104,7 +104,7 @@ def examine(
             lost = True
         if not (lost and isinstance(error, Exception)):
             raise
-        # What the replay has done to memory of others, nobody can say now.
+        # What the replay has done to memory of others cannot be known any more.
         return Verdict(error=f"not compared: {describe(error)}", lost=True)
 
 
@@ -193,8 +193,8 @@ class _Both:
         self.cold = False
         """The replay came first."""
         self.has_replayed = False
-        """A replay has begun, or what eager execution has done cannot be put back: nobody can go on
-        from what there is."""
+        """A replay has begun, or what eager execution has done cannot be put back: what there is
+        cannot be gone on from."""
         self._watches: tuple[Stopwatch, Stopwatch] | None = None
         self.expected: Values = {}
         self.got: Values = {}

@@ -92,7 +92,7 @@ class FirstLayer(nn.Module):
         """embedded, hidden: [T, D], not changed. Returns the residual stream, of [T, D]."""
         normed = self.hidden_norm(hidden)
         read = torch.cat((self.input_layernorm(embedded), normed), -1)
-        # What is added to must be nobody else's: `hidden` is read again, `normed` was copied.
+        # What is added to must not be another's: `hidden` is read again, `normed` was copied.
         residual = Residual(normed if self.norm_before_residual else hidden.clone())
         residual.add(self.self_attn(read, batch))
         residual.add(self.mlp(residual.normed(self.post_attention_layernorm), batch))

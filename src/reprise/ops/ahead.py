@@ -51,7 +51,7 @@ def compiling_ahead(
     wait for other ranks are left out: threads would call them in another order on each rank.
 
     Kernels find memory by integers, such as the numbers of experts. Those that a pass makes and
-    nobody has computed are zeros, and stay so: an op that writes them has others.
+    that were not computed are zeros, and stay so: an op that writes them has others.
 
     Args:
         table: The implementations.

@@ -207,7 +207,7 @@ class _Missing(BaseException):
 
 @contextlib.contextmanager
 def _unmade(source: Any) -> Iterator[None]:
-    """In the ``with`` block nothing is made of it: who finds no kernel of it raises."""
+    """In the ``with`` block nothing is made of it: a caller that finds no kernel of it raises."""
 
     def make_ir(*args: Any, **kwargs: Any) -> None:
         raise _Missing

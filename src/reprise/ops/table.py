@@ -127,7 +127,8 @@ class OpTable:
 
     def refuse_gaps(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Refuse vectors whose numbers do not adjoin, which a kernel that gets an address alone
-        would read as if they did. Within an engine nobody asks: its vectors are memory of its own.
+        would read as if they did. Within an engine it is not asked: its vectors are memory of its
+        own.
 
         Raises:
             OpError: There is one.

@@ -93,7 +93,7 @@ class Leader:
             self._followers = elsewhere.followers(timeout)
         self._when_lost: Callable[[], None] = lambda: None
         # The followers are watched by a thread, and with them this would live until the end of the
-        # program, whoever drops it.
+        # program, whichever code drops it.
         here = weakref.ref(self)
         self._followers.on_loss = lambda: _told_of(here, Leader._lose)
         self._followers.report = lambda: _told_of(here, Leader._report) or ""
@@ -118,7 +118,7 @@ class Leader:
         if seat is not None:
             exchange = seat.group_of(0)
         if self.group.hosts:
-            seat = None  # whoever has started the followers gives them theirs
+            seat = None  # the program that has started the followers gives them theirs
         shape_of(checkpoint.config, torch.bfloat16, self.group, exchange)
         group, platform = self.group, self.platform
         self._store = TCPStore(group.leader.address, 0, is_master=True, wait_for_workers=False)

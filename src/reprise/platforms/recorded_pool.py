@@ -55,7 +55,7 @@ class RecordedPool:
     def resident(self, tensor: Tensor) -> Tensor | None:
         """``tensor`` as a view of the pool's chunk that it lies in; None if it lies in none.
 
-        The view keeps the chunk alive and leaves the block to whoever takes it next.
+        The view keeps the chunk alive and leaves the block to the next allocation.
         """
         chunk = self._chunk_of(tensor)
         if chunk is None:

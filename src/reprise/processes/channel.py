@@ -96,7 +96,7 @@ class Channel:
         except BlockingIOError:
             return 0
         except OSError:
-            self._gone = True  # whoever reads from it will see it too
+            self._gone = True  # its reader will see it too
             return 0
 
 

@@ -1,4 +1,4 @@
-"""Who started this process."""
+"""What started this process."""
 
 from __future__ import annotations
 

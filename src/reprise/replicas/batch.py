@@ -1,4 +1,4 @@
-"""Replicas for one caller who waits for all outputs."""
+"""Replicas for one caller, which waits for all outputs."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class Outstanding:
         return number, future
 
     def answered(self, number: int) -> Future[Any] | None:
-        """Who awaits the answer that has come; None: nobody does."""
+        """The caller that awaits the answer that has come; None: none does."""
         with self.lock:
             return self._asked.pop(number, None)
 
@@ -172,7 +172,8 @@ class Outstanding:
 
 
 def fail(request: Request, error: Exception) -> None:
-    """Tell whoever awaits a request: its reader, or the caller that waits for its acceptance."""
+    """Tell the caller that awaits a request: its reader, or the caller that waits for its
+    acceptance."""
     if request.future.done():
         request.reader.fail(error)
     else:

@@ -204,8 +204,8 @@ def kind_of_step(
         bucket: What the step is padded to.
         block_sizes: Tokens in a block, of each table.
         facts: Of these tables.
-        decodes: [R] bool: it computes its newest token and drafts; None: who has one new token
-            does.
+        decodes: [R] bool: it computes its newest token and drafts; None: a request with one new
+            token does.
         replays: [R, 3] bool: what each may replay, where that is told.
         compressed: Tokens of compressed rows, as the facts have them.
     """

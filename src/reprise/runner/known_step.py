@@ -227,7 +227,8 @@ class KnownStep:
         if device is not None and least is not most:
             least = most = np.maximum(device[0] - self._new, 0)
             if replays is not None:
-                # Who computes this may replay nothing, whatever counted of the last step.
+                # A request that computes this may replay nothing, whatever counted of the last
+                # step.
                 certain = replays.sum(axis=1, keepdims=True) == 1
                 replays = np.where(certain, replays, replays_of(device[1]))
         layouts = self._rows.layouts

@@ -344,8 +344,8 @@ class ModelRunner:
         """Take leave of other ranks, if there are any, by then (as ``time.monotonic`` says)."""
 
     def settle_weights(self) -> None:
-        """See to the weights before some are refilled on purpose: what a graph has changed and
-        nobody has looked at would be taken for right from then on."""
+        """See to the weights before some are refilled on purpose: what a graph has changed and was
+        not looked at would be taken for right from then on."""
         self.owners.settle(everything=True)
 
     def weights_replaced(self) -> None:

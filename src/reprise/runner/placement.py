@@ -195,9 +195,9 @@ class Placement:
 
     def tables(self, rows: Sequence[Row], random: np.random.Generator) -> list[Ints]:
         """Of each table the blocks of each row, [R, M] int32. Those that it writes belong to it
-        alone, and neither it nor another row reads them, of no table: as in an engine's steps, what
-        is older than the step is written by nobody in it. Blocks that a row needs no more are the
-        null block."""
+        alone, and neither it nor another row reads them, of no table: as in an engine's steps,
+        nothing in the step writes what is older than the step. Blocks that a row needs no more are
+        the null block."""
         written = np.sum([self._written_of_pools(each) for each in rows], axis=0)
         areas = [
             PoolAreas(pool.num_blocks, most, int(count))

@@ -121,7 +121,7 @@ class Rows:
         self.tables.index_fill_(1, to_device(rows, self._platform), 0)
 
     def clear(self) -> None:
-        """Make all rows as they were first, whatever was written there: nobody has one."""
+        """Make all rows as they were first, whatever was written there: no request has one."""
         for each in (self.integers, self.floats, self.tables):
             each.zero_()
 

@@ -95,7 +95,7 @@ def of_refusal(refusal: EngineRefusal, max_model_len: int | None) -> ApiError:
             code="context_length_exceeded",
         )
     if refusal.kind == "QueueFull":
-        # Not all who were refused at once come back at once.
+        # Not all that were refused at once come back at once.
         wait = {"Retry-After": str(random.randint(1, 3))}
         return ApiError(429, message, code="rate_limit_exceeded", headers=wait)
     if refusal.kind in (GONE, STOPPING, "RepriseError"):

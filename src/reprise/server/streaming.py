@@ -149,8 +149,8 @@ class _Texts:
 class _Pump:
     """Sends what comes.
 
-    Between two pieces nothing is awaited but the end: news is written by whoever brings it, as long
-    as the client reads. A task that is woken for each piece costs as much again as the piece.
+    Between two pieces nothing is awaited but the end: news is written where it arrives, as long as
+    the client reads. A task that is woken for each piece costs as much again as the piece.
 
     Args:
         caller: Whose news it is.

@@ -1,4 +1,4 @@
-"""``reprise bench serve``: how long users of a server wait, whoever's it is."""
+"""``reprise bench serve``: how long users of any server wait."""
 
 from __future__ import annotations
 

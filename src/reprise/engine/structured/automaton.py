@@ -41,7 +41,7 @@ Place = tuple[int, "Caller"]
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """Who waits for a rule: where its callers go on when it has matched."""
+    """The callers of a rule: where they go on when it has matched."""
 
     places: frozenset[Place]
 
@@ -66,8 +66,8 @@ class Automaton:
     """Follows texts of a grammar, byte by byte, through states that are found when a text comes to
     them first. For one thread.
 
-    A state is a set of places. A place has, as those who wait for its rule, all of them: they are
-    one object for the same set, so that two texts are in one state whatever came before what their
+    A state is a set of places. A place has, as the callers of its rule, all of them: they are one
+    object for the same set, so that two texts are in one state whatever came before what their
     grammars still know. A rule at another one's end is its callers' own, so that a list does not
     become deeper with each element. (A parser by Tomita's and Leo's means.)
 
@@ -118,7 +118,7 @@ class Automaton:
         return EDGE_BYTES * self._edges + KEPT_BYTES * self._kept + behind
 
     def walk(self, state: State, token: int) -> State | None:
-        """Where a text is behind a token; None: nobody knows, mostly since it is not allowed."""
+        """Where a text is behind a token; None: not known, mostly since it is not allowed."""
         if not self.followed:
             return None
         self._walked += 1
@@ -243,7 +243,7 @@ class Automaton:
 
     def _forget(self) -> None:
         """Keep no state but the first one and those that texts are in, from which none are known:
-        whoever has one would have all that were found behind it."""
+        a holder of one would hold all that were found behind it."""
         for each in (self.start, *self._states.values()):
             each.after.clear()
             each.behind.clear()

@@ -46,7 +46,7 @@ class Grammar:
         """Tokens before those that the grammar is about; None: it has not begun."""
 
         self._matcher, self._followed = xgrammar.GrammarMatcher(compiled.grammar), 0
-        """xgrammar's, which comes after where somebody asks it: behind so many of the tokens."""
+        """xgrammar's, which follows only where it is asked: behind so many of the tokens."""
         self._refused = False
         """xgrammar did not take a token that the automaton took."""
         self._tokens: list[int] = []
@@ -72,7 +72,7 @@ class Grammar:
         """Of masks that are kept, by :attr:`state`."""
         self.state: State | None = None
         """All that its mask follows from, beside what chooses :attr:`places`; None: there is more,
-        or nobody knows."""
+        or it is not known."""
         self._settle()
 
     def keep_in(self, masks: MaskTable) -> None:

@@ -311,7 +311,7 @@ class MaskTable:
         return found
 
     def settle(self, places: Iterable[int]) -> list[tuple[int, Words]]:
-        """The step's masks that nobody has yet.
+        """The step's masks that were not given out yet.
 
         Args:
             places: Of the step's masks.
@@ -388,7 +388,7 @@ class MaskTable:
 
     @functools.cached_property
     def _batches(self) -> tuple[Any, Any]:
-        """Who fills masks in the thread that asks, and who does in threads of its own. One
+        """What fills masks in the thread that asks, and what does in threads of its own. One
         engine's: where two threads ask the same batch of xgrammar's at once, the end of the one's
         work ends the process."""
         import xgrammar

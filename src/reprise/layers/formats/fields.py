@@ -41,7 +41,7 @@ class Fields:
         self._left = {name: value for name, value in raw.items() if value is not None}
 
     def take(self, name: str, default: Any = None) -> Any:
-        """The value of a field; whoever takes it, looks at it."""
+        """The value of a field; its reader looks at it."""
         return self._left.pop(name, default)
 
     def require(self, name: str, *supported: Any, default: Any, instead: str = "") -> Any:

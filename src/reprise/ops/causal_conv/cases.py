@@ -14,7 +14,7 @@ def batch(
     make: Maker, begins: Sequence[int], new: Sequence[int], fresh: Sequence[bool]
 ) -> Arguments:
     """What ops that rewrite states are told of the step: requests with ``new`` tokens behind
-    ``begins`` earlier ones, 0 and 0 for padding; slot 0 is nobody's."""
+    ``begins`` earlier ones, 0 and 0 for padding; slot 0 is no request's."""
     starts = [sum(new[:count]) for count in range(len(new) + 1)]
     lengths = [old + more for old, more in zip(begins, new, strict=True)]
     slots = [0 if each == 0 else len(new) - row for row, each in enumerate(lengths)]

@@ -50,7 +50,7 @@ def reference(
         accepted: [R] int32, see :class:`reprise.cache.Batch`; given where K is not 0, as the next
             two are.
         known: [R] int32: 0 of a request that verifies drafts, which has at most 1 + K new tokens.
-        places: [T] int64: 0 of tokens that nobody reads, such as drafts beyond a request's end;
+        places: [T] int64: 0 of tokens that are not read, such as drafts beyond a request's end;
             their inputs are kept as zeros.
     """
     tokens, taps = len(x), weight.shape[1]
@@ -87,7 +87,7 @@ def reference(
         since = torch.minimum(since, lengths - 1)
     window = inputs[_places(rows, since, query_start_loc, taps - 1)]
     window = torch.where(counts.unsqueeze(2), window, 0.0).to(state.dtype)
-    # Padding has a slot that is nobody's, and may have it several times.
+    # Padding has a slot that is no request's, and may have it several times.
     idle = (seq_lens == 0).view(-1, 1, 1)
     state.index_copy_(0, owners, torch.where(idle, kept, window))
 

@@ -42,8 +42,8 @@ def reference(
             rows overlap.
         bias: [r, C] float32, added to the gates of tokens by their position modulo r.
         state: [N, B, 2 * C] float32, written at ``state_slots``: values, then gates with the bias.
-        state_slots: [T] int64. Tokens of block 0, which is nobody's, may share one: which of them
-            it holds then is open.
+        state_slots: [T] int64. Tokens of block 0, which is no request's, may share one: which of
+            them it holds then is open.
         block_tables: [R, M] int32, the blocks of each request's states.
         positions: [T] int64.
         query_start_loc: [R + 1] int32, ascending.

@@ -20,7 +20,7 @@ def dispatch(
 
     Here every rank gets all rows of all ranks, which is right for any routing and sends each row
     once whatever it asks for. An implementation may send a row only to ranks whose experts it
-    wants: what it does not send is a row of no expert, whose content nobody reads.
+    wants: what it does not send is a row of no expert, whose content is not read.
 
     Args:
         x: [T, D], contiguous; every rank has as many, padding included.

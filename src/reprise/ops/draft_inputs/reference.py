@@ -60,7 +60,7 @@ def reference(
         chosen: [C] int64, which of the step's requests drafts are made for.
         tables: [L, S, M] int32, block tables of L lifetimes, of each row.
         block_sizes: [L] int64, tokens in a block of each.
-        shifted_ids: [T or more] int64, of the prefill; 0 behind T. None: nobody takes them.
+        shifted_ids: [T or more] int64, of the prefill; 0 behind T. None: they are not taken.
         last: [C or more] int64: of each chosen request the last token of the step that counts, by
             its place in the step. This and all that follow have D requests; those behind C are
             padding: all 0.

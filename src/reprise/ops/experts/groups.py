@@ -22,8 +22,8 @@ class Groups:
     """Where the slots of each expert are; a slot is one of a row's K places: ``row * K + k``."""
 
     slots: Tensor
-    """[T * K] int32: the slots in the order of their experts, rows of an expert in theirs. Those
-    of nobody are left out: behind the last group it holds anything."""
+    """[T * K] int32: the slots in the order of their experts, rows of an expert in theirs. Those of
+    no expert are left out: behind the last group it holds anything."""
     tiles: Tensor
     """[3, most tiles] int32: of each tile its expert, its first place in ``slots`` and the place
     behind its group. A tile is up to ``rows`` slots of one expert."""
@@ -45,7 +45,7 @@ def sort_by_expert(ids: Tensor, experts: int, rows: int) -> Groups:
     """Group the slots of ``ids`` into tiles of up to ``rows``.
 
     Args:
-        ids: [T, K] int32; what is no number of an expert is nobody's.
+        ids: [T, K] int32; what is no number of an expert goes to none.
         experts: How many there are.
         rows: Of a tile.
     """

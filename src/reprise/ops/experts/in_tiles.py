@@ -42,7 +42,7 @@ def in_tiles(
     Args:
         x: [T, D].
         weights: [T, K] float32.
-        ids: [T, K] int32; what is no number of an expert is nobody's.
+        ids: [T, K] int32; what is no number of an expert goes to none.
         experts: How many there are.
         inner: Inputs of the second product.
         block_m: Rows of a tile.

@@ -79,7 +79,7 @@ def weighted_sum(
     for expert in range(count):
         mine = ids == expert
         share = torch.where(mine, weights, 0.0).sum(dim=1, keepdim=True)
-        # Nobody's product may be infinite, and so may that of a row of padding.
+        # A product that counts for no row may be infinite, and so may that of a row of padding.
         asked = mine.any(dim=1, keepdim=True)
         total += torch.where(asked, product(expert).float() * share, 0.0)
     return total.to(x.dtype)

@@ -68,14 +68,14 @@ def by_expert(
     Args:
         x: [T, D].
         weights: [T, K] float32.
-        ids: [T, K]; what is no number below ``count`` is nobody's.
+        ids: [T, K]; what is no number below ``count`` goes to no expert.
         count: Experts.
         multiply: Of rows [T * K, D], sorted by expert, and the place behind each expert's, [E]
             int32, what the experts make of theirs; anything for rows behind the last expert's.
     """
     rows, top = ids.shape
     real = (ids >= 0) & (ids < count)
-    # Those of nobody go behind all others, where no group reaches.
+    # Those of no expert go behind all others, where no group reaches.
     sorted_ids, order = torch.where(real, ids, count).flatten().sort(stable=True)
     numbers = torch.arange(count, device=ids.device, dtype=ids.dtype)
     ends = torch.searchsorted(sorted_ids, numbers, right=True).int()

@@ -1,7 +1,7 @@
 """Experts of eight bits through torch's product of groups, on what the eight bits stand for.
 
-The weights of a layer are written out as float32 first, whoever is hit: a stopgap where no kernel
-multiplies eight bits. The reference multiplies all rows with each expert.
+The weights of a layer are written out as float32 first, whichever experts are hit: a stopgap where
+no kernel multiplies eight bits. The reference multiplies all rows with each expert.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ class _Drafts:
     def committed(self, now: Tensor, slots: Tensor, accepted: Tensor) -> Tensor:
         """States [N, HV, V, K] of these slots, carried over the tokens that count: [N] each.
 
-        Tokens that do not count write nothing and decay nothing, so that nobody has to know on the
-        host how many there are.
+        Tokens that do not count write nothing and decay nothing, so that the host need not know how
+        many there are.
         """
         count = torch.arange(self.recent.shape[1], device=now.device) < accepted.unsqueeze(1)
         recent = torch.where(count.unsqueeze(2), self.recent[slots], 0.0)

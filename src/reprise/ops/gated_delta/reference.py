@@ -69,7 +69,7 @@ def reference(
         gates: [S, 1 + K, 2, HV] float32: the logarithms of their decays, and beta.
         accepted: [R] int32, see :class:`reprise.cache.Batch`.
         known: [R] int32: 0 of a request that verifies drafts, which has at most 1 + K new tokens.
-        places: [T] int64: 0 of tokens that nobody reads, such as drafts beyond a request's end:
+        places: [T] int64: 0 of tokens that are not read, such as drafts beyond a request's end:
             what is kept of them are zeros.
     """
     query, key, value, decay, beta = prepared(qkv, a, b, a_log, dt_bias, state)
@@ -82,7 +82,7 @@ def reference(
         slot = int(slots[row])
         now = torch.zeros_like(state[slot]) if bool(fresh[row]) else state[slot]
         now = now.float()
-        # Of who verifies drafts, what is kept of its tokens.
+        # What is kept of the tokens of requests that verify drafts.
         kept: tuple[Tensor, Tensor] | None = None
         if recent is not None:
             assert gates is not None

@@ -38,7 +38,7 @@ def reference(
         seq_lens: [R] int32, tokens of each request, the new ones included; 0: padding.
         query_start_loc: [R + 1] int32, ascending.
         out: [T, K] int32, written: ``block * B + offset`` of each chosen row, in the order of their
-            tokens, and 0 behind them, where nobody's rows are.
+            tokens, and 0 behind them, where rows of no request are.
         every: Tokens of a row.
         scale: Factor of the scores.
         query_len: New tokens of every request if they all have the same number, else 0.

@@ -1,7 +1,7 @@
 """The device's library for products of many rows, where its bits are those of our kernel.
 
-A library takes other kernels for other numbers of rows, in ways that nobody promises. Most of them
-have a program sum all inputs of a tile, in their order and by the instruction that
+A library takes other kernels for other numbers of rows, in ways that are not documented. Most of
+them have a program sum all inputs of a tile, in their order and by the instruction that
 :mod:`shared_sums_kernel` uses; then they give the same bits as it does, and are faster. Which one
 is taken follows from shapes, places and settings, not from numbers. So each is compared with ours
 before it is used, once for a weight's shape and a number of rows: on numbers whose products cancel,
@@ -10,7 +10,7 @@ else. What was not compared, or had one other bit, our kernel computes.
 
 Rehearsals are where that happens, and theirs are the numbers of rows: those of decode and mixed
 graphs, and of the largest step. There is time before requests come, and memory that a step will
-need. Who has the answer later than others computes the same meanwhile.
+need. A rank that has the answer later than others computes the same meanwhile.
 """
 
 from __future__ import annotations

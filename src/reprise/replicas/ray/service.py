@@ -13,8 +13,8 @@ from reprise.replicas.service import ReplicaService
 
 
 def sealed_channel(connection: Sealed, watch: Callable[[Channel], None]) -> Channel:
-    """As of replicas on one host, but that nobody else can speak on it: nothing is unpickled that
-    the other side did not send."""
+    """As of replicas on one host, but that no other process can speak on it: nothing is unpickled
+    that the other side did not send."""
 
     def frame(message: wire.Message) -> bytes:
         body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)

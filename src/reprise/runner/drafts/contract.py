@@ -76,11 +76,11 @@ class GraphOptions:
 
 
 class Drafter:
-    """Fills what rows have behind their newest tokens. Works on the device alone, and nobody else
+    """Fills what rows have behind their newest tokens. Works on the device alone, and no other part
     knows in how many passes, or of what."""
 
     owners: Mapping[str, GraphRunner] = {}
-    """Who runs its graphs, by names for people; empty if it computes no model."""
+    """The runners of its graphs, by names for people; empty if it computes no model."""
     in_step = False
     """Its passes wait for those of other engines, which compute steps together with this one: it
     takes part in steps without requests, too."""

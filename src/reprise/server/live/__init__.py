@@ -1,1 +1,1 @@
-"""The live view: what the engine says of itself every second, for people who watch it."""
+"""The live view: what the engine says of itself every second, for people to watch."""
