@@ -33,6 +33,12 @@ def padded(runner, toy, shape, seed):
     return hidden, after, [each[1:] for each in caches]
 
 
+def executor_for(runner, shape):
+    """What would run a step of this shape."""
+    bucket = runner.bucket_graphs.holding(shape)
+    return "none" if bucket is None or bucket.graph is None else bucket.info.executor
+
+
 @pytest.mark.parametrize(
     "plan", ["full", "breakable", "decode=full,mixed=breakable", "mixed=full,decode=breakable"]
 )
@@ -56,7 +62,7 @@ def test_decode_steps_with_several_tokens_a_request(toy, make_runner):
     for shape in (StepShape.decode(2, 4), StepShape.decode(3, 4), StepShape.decode(3)):
         hidden, _, _ = padded(runner, toy, shape, 1)
         assert torch.equal(runner.run(shape), hidden)
-    assert runner.executor_for(StepShape.decode(2, 2)) == "none"
+    assert executor_for(runner, StepShape.decode(2, 2)) == "none"
     assert {each.query_len for each in runner.report().graphs if each.phase == "decode"} == {1, 4}
 
 
@@ -67,7 +73,7 @@ def test_steps_above_the_largest_bucket_run_eagerly(toy, make_runner):
         toy.fill(shape, 3)
         expected = toy.eager(shape)
         assert torch.equal(runner.run(shape), expected)
-        assert runner.executor_for(shape) == "none"
+        assert executor_for(runner, shape) == "none"
     assert runner.report().eager_steps == 2
 
 
@@ -156,7 +162,7 @@ def test_the_plan_follows_what_computes_the_calls_of_each_phase(toy, make_runner
     for shape in (StepShape.decode(3), StepShape.mixed(10, 3)):
         toy.fill(shape, 7)
         expected = toy.eager(shape)
-        assert runner.executor_for(shape) != "none"
+        assert executor_for(runner, shape) != "none"
         torch.testing.assert_close(runner.run(shape), expected)
     names = {
         each.implementation.name for each in toy.ops.choices["paged_attention"].answers.values()
@@ -168,7 +174,7 @@ def test_verification_can_be_off(toy, make_runner):
     runner = make_runner(toy, "full", verify="off")
     runner.captures.capture_all()
     assert not any(each.verified for each in runner.report().graphs)
-    assert runner.executor_for(StepShape.decode(2)) == "full"
+    assert executor_for(runner, StepShape.decode(2)) == "full"
 
 
 def test_every_graph_gets_a_probe_and_more_only_within_the_budget(toy, make_runner, monkeypatch):
@@ -388,7 +394,7 @@ def test_the_canary_catches_a_graph_that_goes_bad_while_serving(toy, make_runner
     assert (bad.bucket, bad.executor) == (2, "none")
     assert "canary: hidden differs in 64 of 128 elements" in bad.quarantined
     assert "canary" in caplog.text
-    assert runner.executor_for(StepShape.decode(4)) == "full"
+    assert executor_for(runner, StepShape.decode(4)) == "full"
 
 
 def test_contexts_reach_the_longest(toy):

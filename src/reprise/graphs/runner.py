@@ -173,11 +173,6 @@ class GraphRunner:
         bucket = self.bucket_graphs.holding(whole)
         return whole if bucket is None or bucket.graph is None else bucket.shape
 
-    def executor_for(self, shape: StepShape) -> Executor:
-        """What would run a step of this shape."""
-        bucket = self.bucket_graphs.holding(shape)
-        return "none" if bucket is None or bucket.graph is None else bucket.info.executor
-
     def _run_eagerly(self, shape: StepShape, whole: StepShape) -> None:
         """``whole``: with padding."""
         self._eager_steps += 1
