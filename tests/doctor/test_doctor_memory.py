@@ -10,9 +10,10 @@ import pytest
 from helpers import greedy, make_llm, random_ids
 
 from reprise.bench.presets import CONFIGS
+from reprise.cache.spec import LayerCache
 from reprise.config import EngineConfig
 from reprise.doctor.memory import MemoryReport, memory_report
-from reprise.errors import ModelError, PlatformError
+from reprise.errors import ConfigError, ModelError, PlatformError
 from reprise.loading.checkpoint import DEMO_MODEL
 
 GIB = 1 << 30
@@ -70,6 +71,26 @@ def test_graphs_and_draws_take_what_the_engine_says(tiny, device, family, option
     runner = make_llm(model, device, **options).engine.runner
     assert report.graphs["comparison_bytes"] == runner.owners.comparison_bytes()
     assert report.buffers["sampler"] == sum(e.nbytes for e in runner.sampler.memory().values())
+
+
+def test_drafts_that_a_state_cannot_take_back_are_refused_as_by_the_engine(
+    tiny, device, monkeypatch
+) -> None:
+    made = LayerCache.__init__
+
+    def without_drafts(self: LayerCache, lifetime: Any, drafts: int = 0, /, **rows: Any) -> None:
+        made(self, lifetime, **rows)
+
+    monkeypatch.setattr(LayerCache, "__init__", without_drafts)
+    model = tiny("qwen3_5")
+    options = {
+        **SMALL, "num_blocks": 41, "graph_mode": "none",
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot take back drafts"):
+        report_of(model.path, device=device, **options)
+    with pytest.raises(ConfigError, match="cannot take back drafts"):
+        make_llm(model, device, **options)
 
 
 def test_a_device_that_is_not_here_has_eight_bits_and_long_contexts_too(tiny) -> None:
