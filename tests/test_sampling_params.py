@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from reprise.errors import RequestError
 from reprise.sampling_params import RequestOutputKind, SamplingParams
+from reprise.structured_outputs import StructuredOutputsParams
 
 
 def test_defaults_are_those_of_vllm() -> None:
@@ -206,6 +207,38 @@ def test_clone_shares_nothing() -> None:
     clone.logit_bias[1] = 5.0  # type: ignore[index]
     assert params.logit_bias == {1: 2.0}
     assert pickle.loads(pickle.dumps(params)) == params
+
+
+class Number(int):
+    pass
+
+
+class Text(str):
+    pass
+
+
+class Own(SamplingParams):
+    pass
+
+
+class OwnWanted(StructuredOutputsParams):
+    pass
+
+
+def test_what_is_submitted_has_no_class_of_the_caller() -> None:
+    """Ranks and replicas, which get it pickled, could not read it."""
+    params = Own(
+        n=Number(2), seed=Number(3), stop=Text("a"), bad_words=[Text("b")],
+        stop_token_ids=[Number(4)], logit_bias={Number(5): Number(1)},
+        structured_outputs=OwnWanted(regex=Text("c")),
+    )  # fmt: skip
+    vars(params)["own"] = Own
+    taken = params.snapshot()
+    assert __name__.encode() not in pickle.dumps(taken)
+    assert taken == SamplingParams(
+        n=2, seed=3, stop="a", bad_words=["b"], stop_token_ids=[4], logit_bias={5: 1},
+        structured_outputs=StructuredOutputsParams(regex="c"),
+    )  # fmt: skip
 
 
 def test_from_optional_takes_what_json_has() -> None:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _PLAIN = frozenset({type(None), bool, int, float, str, list, dict})
+_EXACTLY: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (int, int.__int__), (float, float.__float__), (str, str.__str__),
+)  # fmt: skip
+"""What a class of a caller's own, such as an enumeration, cannot answer otherwise."""
 
 
 def plain(value: Any) -> Any:
-    """Numbers and arrays of numpy and torch as Python's numbers and lists; others as they are."""
+    """Numbers and arrays of numpy and torch as Python's numbers and lists, numbers and texts of a
+    caller's own classes, which no other process knows, as Python's; others as they are."""
     if type(value) in _PLAIN:
         return value
     convert = None if isinstance(value, type | memoryview) else getattr(value, "tolist", None)
-    return convert() if callable(convert) else value
+    if callable(convert):
+        return convert()
+    for kind, exactly in _EXACTLY:
+        if isinstance(value, kind):
+            return exactly(value)
+    return value
 
 
 def plain_list(value: Any) -> Any:
@@ -27,6 +38,11 @@ def plain_list(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset | range):
         return list(value) if all(type(each) is int for each in value) else list(map(plain, value))
     return value
+
+
+def plain_path(value: Any) -> Any:
+    """Paths of any make as text; others as they are."""
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else plain(value)
 
 
 def is_whole(value: object) -> bool:

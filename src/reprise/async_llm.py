@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
-from reprise.arguments import shown
+from reprise.arguments import plain, plain_path, shown
 from reprise.config import EngineConfig
 from reprise.engine import (
     Acceptance,
@@ -204,7 +204,7 @@ class AsyncLLM:
 
     async def start_profile(self, directory: str | os.PathLike[str] | None = None) -> None:
         """As of :meth:`reprise.LLM.start_profile`."""
-        await self._ask("start_profile", directory)
+        await self._ask("start_profile", plain_path(directory))
 
     async def stop_profile(self) -> Path:
         """As of :meth:`reprise.LLM.stop_profile`."""
@@ -298,4 +298,5 @@ def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
 def _name(request_id: Any) -> str:
     if not isinstance(request_id, str):
         raise RequestError(f"request_id={shown(request_id)}: give a string")
-    return request_id
+    name: str = plain(request_id)
+    return name

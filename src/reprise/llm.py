@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from reprise.arguments import plain_list, shown
+from reprise.arguments import plain_list, plain_path, shown
 from reprise.config import EngineConfig
 from reprise.engine import (
     ContentFormat,
@@ -260,7 +260,7 @@ class LLM:
             ConfigError: The directory cannot be made.
         """
         with self._lock:
-            self._ask("start_profile", directory)
+            self._ask("start_profile", plain_path(directory))
 
     def stop_profile(self) -> Path:
         """Write what was recorded, for Chrome's or Perfetto's trace viewer. Returns the file.

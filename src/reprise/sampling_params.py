@@ -174,14 +174,16 @@ class SamplingParams:
         """A copy that shares nothing with this one."""
         return copy.deepcopy(self)
 
-    def snapshot(self) -> Self:
-        """A validated copy.
+    def snapshot(self) -> SamplingParams:
+        """A validated copy, of this class and with its fields alone: it goes to other processes,
+        which do not know a caller's own.
 
         Raises:
             RequestError: A field was changed to an invalid value.
         """
-        made = object.__new__(type(self))
-        vars(made).update(vars(self))
+        values = vars(self)
+        made = object.__new__(SamplingParams)
+        vars(made).update({name: values.get(name, each) for name, each in _DEFAULTS.items()})
         made.__post_init__()
         return made
 
@@ -280,8 +282,8 @@ class SamplingParams:
                     f"{name}={shown(each)} is not valid text (half of a surrogate pair): give "
                     "UTF-8, decoded"
                 ) from None
-        if not isinstance(getattr(self, name), str):
-            super().__setattr__(name, tuple(dict.fromkeys(texts)))
+        one = isinstance(getattr(self, name), str)
+        super().__setattr__(name, texts[0] if one else tuple(dict.fromkeys(texts)))
 
     def _check_structured(self) -> None:
         given = self.structured_outputs
@@ -292,7 +294,9 @@ class SamplingParams:
         if not isinstance(given, StructuredOutputsParams):
             raise _invalid("structured_outputs", given, "give a StructuredOutputsParams")
         # Validated again: its fields may have been changed.
-        super().__setattr__("structured_outputs", dataclasses.replace(given))
+        names = [each.name for each in dataclasses.fields(StructuredOutputsParams)]
+        values = {name: getattr(given, name) for name in names}
+        super().__setattr__("structured_outputs", StructuredOutputsParams(**values))
 
     def _check_conflicts(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

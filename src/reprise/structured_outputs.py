@@ -80,6 +80,7 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise _invalid(name, value, "give a text that is not empty")
+            setattr(self, name, plain(value))
         if self.choice is not None:
             texts = plain_list(self.choice)
             if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 import threading
 from bisect import bisect_left, bisect_right
@@ -49,6 +50,57 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 6, "truncate_prompt_tokens": 2},
     {"temperature": 1.0, "max_tokens": 7, "detokenize": False},
 ]
+
+
+class Token(enum.IntEnum):
+    A = 67
+    B = 68
+
+
+class Text(str):
+    pass
+
+
+class Whole(int):
+    pass
+
+
+class Params(SamplingParams):
+    pass
+
+
+class Wanted(StructuredOutputsParams):
+    pass
+
+
+class Place:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_classes_of_the_program_stay_in_it(one: LLM, pair: LLM, tmp_path: Path) -> None:
+    """A replica could not read one, and would end with all its requests."""
+    odd = SamplingParams(temperature=0, max_tokens=Whole(5), seed=Whole(3), stop=Text("zz"))
+    vars(odd)["note"] = lambda: None
+    params = [
+        odd,
+        Params(temperature=0, max_tokens=5, stop_token_ids=[Token.B], logit_bias={Token.A: 1}),
+        SamplingParams(
+            temperature=0, bad_words=[Text("q")], structured_outputs=Wanted(choice=["a"])
+        ),
+        SamplingParams(structured_outputs=StructuredOutputsParams(regex=Text("ab"))),
+    ]
+    prompts = [[Token.A, Token.B], Text("The"), {"prompt": "a", "cache_salt": Text("s")}, "b"]
+    urgent = [Token.A, Whole(2), 3, Whole(1)]
+    got = facts(pair, prompts, params, priority=urgent)
+    assert got == facts(one, prompts, params, priority=urgent)
+    with pytest.raises(RequestError, match="priority="):
+        pair.generate(["a", "b"], priority=[1, Place(tmp_path)])  # type: ignore[list-item]
+    pair.start_profile(Place(tmp_path))
+    assert pair.stop_profile() == tmp_path
 
 
 def test_all_that_requests_ask_for(one: LLM, pair: LLM) -> None:

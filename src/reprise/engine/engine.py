@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from reprise import compiling, kernels_beside, platforms, timeline
-from reprise.arguments import is_whole, plain, shown
+from reprise.arguments import shown
 from reprise.cache import CacheManager
 from reprise.config import EngineConfig
 from reprise.engine.blocks_ahead import BLOCKS_AHEAD
@@ -29,7 +29,7 @@ from reprise.engine.scheduler import Scheduler
 from reprise.engine.start import Opened, end_of_text, open_model, refuse_several
 from reprise.engine.stats import EngineStats
 from reprise.engine.structured import GrammarCompiler, Grammars
-from reprise.engine.submission import PreparedParams, truncated
+from reprise.engine.submission import PreparedParams, truncated, whole_priority
 from reprise.engine.weights import Weights
 from reprise.errors import GraphReplayError, RanksError, RequestError, WeightsLostError, describe
 from reprise.garbage import uncollected
@@ -171,11 +171,7 @@ class Engine(Frontend):
         if request_id in self._groups:
             raise RequestError(f"request_id={shown(request_id)} is already running; give a new one")
         accepted = self.prepare_params(params)
-        priority = plain(priority)
-        if not is_whole(priority):
-            raise RequestError(
-                f"priority={shown(priority)}: give a whole number; lower is more urgent"
-            )
+        priority = whole_priority(priority)
         prepared = self.prepare(prompt)
         most = min(self.max_model_len, self.scheduler.cache.capacity + 1)
         token_ids = truncated(prepared.token_ids, accepted.params, most)

@@ -96,7 +96,7 @@ def prepare(prompt: Any, tokenizer: Any, vocab_size: int) -> PreparedPrompt:
             f"prompt_token_ids contains {short(wrong)}: the vocabulary has ids 0 to "
             f"{vocab_size - 1}"
         )
-    return PreparedPrompt(text, list(ids), salt)
+    return PreparedPrompt(plain(text), list(ids), salt)
 
 
 def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, Any, bytes]:

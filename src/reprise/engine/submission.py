@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reprise.arguments import shown
+from reprise.arguments import is_whole, plain, shown
 from reprise.engine.prompt import encode
 from reprise.engine.structured import GrammarCompiler
 from reprise.errors import RequestError
@@ -58,6 +58,19 @@ def prepare_params(
     if wanted is None or compiler is None:
         return PreparedParams(params, bad)
     return PreparedParams(params, bad, compiler.compile(wanted))
+
+
+def whole_priority(priority: Any) -> int:
+    """A request's priority as Python's own number.
+
+    Raises:
+        RequestError: It is none.
+    """
+    found = plain(priority)
+    if not is_whole(found):
+        raise RequestError(f"priority={shown(found)}: give a whole number; lower is more urgent")
+    whole: int = found
+    return whole
 
 
 def _check(

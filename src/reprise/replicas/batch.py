@@ -11,7 +11,7 @@ from typing import Any
 from reprise.config import EngineConfig
 from reprise.engine import Engine, Frontend
 from reprise.engine.batch import Asked, Batch, Completed, OneEngine
-from reprise.engine.submission import PreparedParams
+from reprise.engine.submission import PreparedParams, whole_priority
 from reprise.errors import FailedRequestError
 from reprise.outputs import RequestOutput
 from reprise.progress import progress
@@ -65,7 +65,8 @@ class BatchOfReplicas:
             prompt = self.replicas.prepare(each.request_id, each.prompt, params)
             reader = _Waiting(tally)
             readers.append(reader)
-            sent.append(Request(each.request_id, prompt, params, each.priority, reader, whole=True))
+            urgency = whole_priority(each.priority)
+            sent.append(Request(each.request_id, prompt, params, urgency, reader, whole=True))
         try:
             self.replicas.send(sent)
             for request in sent:

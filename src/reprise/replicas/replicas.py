@@ -21,7 +21,7 @@ from reprise.engine.detokenizer import TokenTexts
 from reprise.engine.driver import gather, refuse
 from reprise.engine.frontend import load_tokenizer
 from reprise.engine.prompt import PreparedPrompt, check_fits
-from reprise.engine.submission import PreparedParams, truncated
+from reprise.engine.submission import PreparedParams, truncated, whole_priority
 from reprise.engine.tokenizing import Tokenizing
 from reprise.errors import ConfigError, describe, ordinary
 from reprise.loading import NamedTensors, checkpoint_of
@@ -156,13 +156,14 @@ class Replicas:
                 return  # it has left
             try:
                 accepted_params = self.prepare_params(params)
+                urgency = whole_priority(priority)
                 given = prompt if isinstance(prompt, PreparedPrompt) else prompt()
                 prepared = self.prepare(request_id, given, accepted_params), accepted_params
                 with outstanding.open():
                     if admit is not None:
                         admit(*prepared, outstanding.num_waiting_tokens)
                     aborted = outstanding.prepared(reader)
-                    self.send([Request(request_id, *prepared, priority, reader, accepted)])
+                    self.send([Request(request_id, *prepared, urgency, reader, accepted)])
                 if aborted:
                     self.abort(request_id)
             except BaseException as error:
