@@ -221,10 +221,10 @@ def test_probes_that_do_not_arrive_prove_nothing(
     copied_inputs(monkeypatch)
     upload, fill_rows = Arena.upload, buffers.StepBuffers.fill_rows
 
-    def loses(self: Any, *given: Any) -> None:
+    def loses(self: Any, *given: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Arena, "upload", lambda arena, spans: upload(arena, spans[:2]))
-            fill_rows(self, *given)
+            fill_rows(self, *given, **options)
 
     options: dict[str, Any] = {"graph_mode": "full", "max_num_seqs": 4}
     with monkeypatch.context() as patch:

@@ -324,3 +324,32 @@ def test_the_host_waits_for_no_copy_of_a_made_up_step(monkeypatch: pytest.Monkey
     assert platform.waited == 0
     assert buffers.block_tables[0, :2].tolist() == table.tolist()
     assert not buffers.block_tables[0, 2:4].any()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_made_up_step_and_its_padding_are_sent_in_one_piece(together: bool) -> None:
+    """The host knows all of it; behind a step of requests padding is sent array by array."""
+    platform = _Pins()
+    platform.pins_memory = False
+    buffers = make(platform, False)
+    for name, each in buffers.arrays().items():
+        if name != "block_sizes":
+            each.fill_(1)
+    table = np.arange(1, 1 + 2 * MAX_BLOCKS, dtype=np.int32).reshape(2, MAX_BLOCKS)
+    shapes = StepShape.mixed(4, 2), StepShape.mixed(8, 4)
+    platform.copies = 0
+    buffers.fill_rows(
+        np.array([3, 1]), np.array([9, 5]), [table], np.arange(4), np.array([3, 1]),
+        np.array([0, 0]), padded=shapes if together else None,
+    )  # fmt: skip
+    if not together:
+        buffers.fill_padding(*shapes)
+    assert platform.copies == (2 if together else 11)
+    assert buffers.query_start_loc.device[:5].tolist() == [0, 3, 4, 4, 4]
+    assert buffers.seq_lens.device[:4].tolist() == [9, 5, 0, 0]
+    assert buffers.input_ids.device[:8].tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert buffers.positions.device[:8].tolist() == [6, 7, 8, 4, 0, 0, 0, 0]
+    assert buffers.slots[:, :4].all()
+    assert not buffers.slots[:, 4:8].any()
+    assert buffers.block_tables[0, :2].tolist() == table.tolist()
+    assert not buffers.block_tables[0, 2:4].any()

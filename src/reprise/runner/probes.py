@@ -332,8 +332,9 @@ class ProbeMaker:
 
         def fill() -> None:
             self._content.fill(tables)
-            self._buffers.fill_rows(counts, lengths, tables, ids, known, accepted)
-            self._buffers.fill_padding(live, bucket)
+            self._buffers.fill_rows(
+                counts, lengths, tables, ids, known, accepted, padded=(live, bucket)
+            )
 
         codes = []
         for layout, table in zip(self._layout.tables, tables, strict=True):

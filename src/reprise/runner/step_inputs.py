@@ -105,6 +105,7 @@ class StepInputs:
         token_ids: Ints,
         known: Ints,
         accepted: Ints,
+        padded: tuple[StepShape, StepShape] | None = None,
     ) -> None:
         """Write a made-up step.
 
@@ -115,6 +116,8 @@ class StepInputs:
             token_ids: [T], the new tokens.
             known: [R], how many of each request's are known; 0: it verifies drafts.
             accepted: [R], of each request's last step, how many tokens count; 0: all, being known.
+            padded: Its shape, and what it is padded to, as by :meth:`fill_padding`: here the host
+                knows all values, so that they are sent together.
         """
         self._arena.flip()
         self.forget()
@@ -152,6 +155,7 @@ class StepInputs:
                 *(each.span(0, tokens) for each in self._per_token),
                 *(each.span(0, requests) for each in self._per_request),
                 *slots,
+                *(self._pad(*padded) if padded else ()),
             ]
         )
         width = self.block_tables.shape[2]
@@ -170,6 +174,12 @@ class StepInputs:
         # Rows are overwritten that the next step might have continued.
         self.forget()
         self._arena.flip()  # of another step's padding copies may be under way
+        for span in self._pad(live, bucket):
+            # Each alone: between them lie values that only the device knows.
+            self._arena.upload([span])
+
+    def _pad(self, live: StepShape, bucket: StepShape) -> list[tuple[int, int]]:
+        """Write padding on the host, but block tables; where it lies in the arena."""
         tokens, requests = live.num_tokens, live.num_requests
         to_tokens, to_requests = bucket.num_tokens, bucket.num_requests
         self.query_start_loc.host[requests + 1 : to_requests + 1] = tokens
@@ -183,10 +193,8 @@ class StepInputs:
         for first in range(0, self.slots.numel(), self.max_tokens):
             self._slots.host[first + tokens : first + to_tokens] = 0
             spans.append(self._slots.span(first + tokens, first + to_tokens))
-        for span in spans:
-            # Each alone: between them lie values that only the device knows.
-            self._arena.upload([span])
         self.block_tables[:, requests:to_requests] = 0
+        return spans
 
     def _gather(self, requests: int) -> None:
         """The block tables of the step's rows, side by side, as kernels of any origin take them."""

@@ -224,14 +224,12 @@ class ChainInputs(StepInputs):
             )
             self.hidden[:count].copy_(drawn)
 
-    def fill_padding(self, live: StepShape, bucket: StepShape) -> None:
-        if self._padded == (live, bucket):
-            return
+    def _pad(self, live: StepShape, bucket: StepShape) -> list[tuple[int, int]]:
         begin, end = live.num_requests, bucket.num_requests
         for each in self.parameters.values():
             each[begin:end].zero_()
         self.hidden[begin:end].zero_()
-        super().fill_padding(live, bucket)
+        return super()._pad(live, bucket)
 
     def arrays(self) -> dict[str, Tensor]:
         """All device memory of this alone, by name."""
