@@ -71,6 +71,6 @@ def test_noise_is_not_coloured():
     ],
 )
 def test_every_turn_must_agree(monkeypatch, ones, others, sure):
-    monkeypatch.setattr(timing, "turns_ms", lambda *_: [ones, others])
+    monkeypatch.setattr(timing, "_turns_ms", lambda *_: [ones, others])
     found = timing.compare_ms(None, lambda: None, lambda: None)  # type: ignore[arg-type]
     assert found[2] is sure
