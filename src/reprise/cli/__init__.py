@@ -89,23 +89,15 @@ class Messages(io.TextIOWrapper):
             super().flush()
 
 
-def _keep_number(number: int) -> None:
-    """Let a standard stream's descriptor be nothing here and in children: theirs would be the first
-    connection that they get, in whose midst a library's messages would be written."""
-    try:
-        os.fstat(number)
-    except OSError:
-        number = os.open(os.devnull, os.O_RDWR)
-    os.set_inheritable(number, True)
-
-
 def _mend_streams() -> None:
     """Give what a shell has closed an empty stand-in, and let neither a character nor a message
     that is not taken stop the program."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-            _keep_number(number)
+            # It has the number that was free. Children need it taken too: theirs would be the first
+            # connection that they get, in whose midst a library's messages would be written.
+            os.set_inheritable(number, True)
     old = sys.stderr
     if old is sys.__stderr__ and isinstance(old, io.TextIOWrapper):  # which keeps the buffer open
         sys.stderr = Messages(
